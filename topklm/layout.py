@@ -80,6 +80,11 @@ class Layout:
         return self.mesh.size
 
     @property
+    def is_shared(self) -> bool:
+        """Whether the devices are those of several processes."""
+        return len({device.process_index for device in self.mesh.devices.flat}) > 1
+
+    @property
     def platform(self) -> str:
         """Platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform

@@ -21,6 +21,7 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 from topklm.sae import kinds
+from topklm.storage.files import LOCK_FILE, folder_lock
 
 STEP, K, M = 7, 3, 40
 MODEL = dataclasses.replace(saved_runs.MODEL, n_nontopk=2, d_model=16, d_mlp=16, vocab_size=300)
@@ -82,7 +83,8 @@ def test_a_folder_says_of_which_model_its_autoencoders_are(trained):
     assert all(0 < share < 1 for share in made.facts["explained_variance"])
     history = json.loads((trained / "0/history.json").read_text())
     assert history[-1]["explained_variance"][0] > history[0]["explained_variance"][0]
-    assert sorted(path.name for path in (trained / "0").iterdir()) == ["dictionary.npz", "history.json"]
+    there = sorted(path.name for path in (trained / "0").iterdir() if path.name != LOCK_FILE)
+    assert there == ["dictionary.npz", "history.json"]
 
 
 def test_measures_of_several_seeds_have_their_stability(trained, base, capsys):
@@ -164,11 +166,12 @@ def test_training_that_was_stopped_goes_on_to_the_same_bits(base, trained, tmp_p
     with pytest.raises(InterruptedError):
         train(base, out, "--save-every", 0)
     monkeypatch.setattr(fit_dictionary, "hidden_states", states)
-    with pytest.raises(UserError, match=r"training that was begun: give --resume"):
+    for other, said in ((["--seed", 3], r"--seed = 3: .* begun with 0"), (["--k", "auto"], "--k = auto: ")):
+        with pytest.raises(UserError, match=said):
+            train(base, out, *other)
+    with folder_lock(out, pytest.fail), pytest.raises(UserError, match=r"--out = .*: process \d+ trains"):
         train(base, out)
-    with pytest.raises(UserError, match=r"--seed = 3: .* begun with 0"):
-        train(base, out, "--resume", "--seed", 3)
-    train(base, out, "--resume")
+    train(base, out)
     for name in ("dictionary.npz", "history.json"):
         assert (out / name).read_bytes() == (trained / "0" / name).read_bytes(), name
     assert not (out / "state.npz").exists()

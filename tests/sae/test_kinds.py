@@ -7,6 +7,7 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.sae import kinds
+from topklm.sae.devices import Devices
 from topklm.sae.kinds import SaeConfig
 
 D, M, N, K = 12, 70, 96, 4
@@ -104,7 +105,8 @@ def test_loss_and_gradients_are_those_of_the_papers(kind, n_dead, options):
     for is_sparse in (False, True) if kind == "topk" else (False,):
 
         def loss(params, is_sparse=is_sparse):
-            return kinds.KINDS[kind].loss(config, params, memory, x, jnp.asarray(0.7), is_sparse)
+            on = Devices(is_sparse)
+            return kinds.KINDS[kind].loss(config, params, memory, x, jnp.asarray(0.7), on)
 
         (found, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
@@ -119,7 +121,7 @@ def test_loss_and_gradients_are_those_of_the_papers(kind, n_dead, options):
 def test_sparse_products_see_the_same_codes():
     config, params, memory, x = made("topk")
     dense, sparse = (
-        kinds.KINDS["topk"].loss(config, params, memory, x, jnp.ones(()), is_sparse)[1]
+        kinds.KINDS["topk"].loss(config, params, memory, x, jnp.ones(()), Devices(is_sparse))[1]
         for is_sparse in (False, True)
     )
     for a, b in zip(dense[:4], sparse[:4], strict=True):
@@ -195,7 +197,7 @@ def test_biases_adapt_after_so_many_steps_and_count_again():
     before = memory["bias"]
     for number in range(3):
         np.testing.assert_array_equal(memory["bias"], before)
-        _, seen = kinds.gba_loss(config, params, memory, x, jnp.ones(()), False)
+        _, seen = kinds.gba_loss(config, params, memory, x, jnp.ones(()), Devices())
         counts = memory["counts"] + seen.counts
         memory = kinds.remember(config, memory, seen, N, D)
         assert number == 2 or float(memory["read"]) == N * (number + 1)

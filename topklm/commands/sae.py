@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import topklm
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.config import MeshConfig
+from topklm.errors import UserError
 from topklm.imports import when_used
 from topklm.neurons import DICTIONARY_TOKENS
+from topklm.progress import Progress
+from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.storage.files import local_path
 
 with when_used():
+    from topklm import layout as layout_lib
     from topklm.neurons import documents as documents_lib
     from topklm.neurons import fit_dictionary
     from topklm.neurons import harvest as harvest_lib
+    from topklm.runtime import compilation_cache
     from topklm.sae import ensemble, folder, kinds, measure, text, train
     from topklm.steering import survey
 
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train": Verb(
             "train autoencoders of layers side by side",
             "Trains sparse autoencoders on the hidden states that layers of a Base LM hand on, streamed from "
-            "its training text.",
+            "its training text. Started again it goes on. The processes of a launcher share each minibatch.",
             EXAMPLE,
             _add_train,
             _train,
@@ -79,7 +86,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--minibatch N", "tokens of a step; default 1024", int)
     add("--sparsity", "penalty of jumprelu: quadratic, around K; or tanh")
     add("--coefficient X", "of that penalty; default 0.3", float)
-    add("--resume", "go on with training that was begun in the folder", False)
+    add("--resume", "refuse to begin: there has to be training in the folder that goes on", False)
     add("--save-every S", "seconds between two states on the disk", 60.0)
 
 
@@ -102,19 +109,37 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from topklm import distributed  # noqa: PLC0415 - imports JAX, which --help does without
+    from topklm.distributed import coordination  # noqa: PLC0415
+
     shared.check_at_least(arguments, 1, "tokens")
     shared.check_at_least(arguments, 0, "seed")
     shared.check_on_disk(arguments.run)
-    out = local_path(arguments.out, "--out")
-    folder.check_new(out, arguments.resume)
     if arguments.members is not None and arguments.ensemble is None:
         raise UserError("says nothing without --ensemble", field="--members", value=arguments.members)
     shared.check_at_least(arguments, 0, "save_every")
     for name in ("sparsity", "coefficient") if arguments.kind != "jumprelu" else ():
         if (value := getattr(arguments, name)) is not None:
             raise UserError("says nothing without --kind jumprelu", field=f"--{name}", value=value)
-    output = Output(arguments.json)
-    model, layout = shared.load(arguments)
+    stop: StopRequest | None = None
+    with contextlib.ExitStack() as stack:
+        if coordination.find_process() is not None:
+            stop = stack.enter_context(stop_on_signal(distributed.announce_stop))
+        stack.enter_context(distributed.session(lambda: stop is not None and stop.heard))
+        _train_into(local_path(arguments.out, "--out"), arguments, stop)
+
+
+def _train_into(out: Path, arguments: argparse.Namespace, stop: StopRequest | None) -> None:
+    """Trains as one of several processes, the first of which prints; a lone one has no `stop`."""
+    from topklm import distributed  # noqa: PLC0415 - see `_train`
+
+    is_first = distributed.is_primary()
+    output = Output(arguments.json if is_first else None)
+    progress = output.progress if is_first else Progress(lambda line: None)
+    resume = distributed.of_first("begun", lambda: folder.is_begun(out)) or arguments.resume
+    layout = layout_lib.make_layout(MeshConfig())
+    compilation_cache.enable()
+    model = topklm.load(arguments.run, step=arguments.step, mesh=layout.mesh)
     layers = _layers(model, arguments.layers)
     how = ensemble.ALONE
     if arguments.ensemble is not None:
@@ -122,23 +147,31 @@ def _train(arguments: argparse.Namespace) -> None:
     text_model = shared.text_model(model, layout)
     documents = documents_lib.open_documents(model.tokenizer, model.config.data)
     asked: dict[str, Any] = {"n_tokens": arguments.tokens, "seed": arguments.seed, "layers": layers}
-    asked["progress"] = output.progress
+    asked["progress"] = progress
     trials: list[dict[str, Any]] = []
+    if arguments.k == _AUTO and resume:
+        raise UserError("--k = auto: training was begun here: give the number that was chosen, not auto")
     if arguments.k == _AUTO:
         config, trials = _choose_k(arguments, model, text_model, documents, asked)
     else:
         config = _config(arguments, model, _number(arguments.k, model))
-    saving = train.Saving(
-        out / folder.STATE, folder.facts_of(model, layers), arguments.resume, arguments.save_every
-    )
-    with disk_errors_are_user_errors(f"writing {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        fitted = text.fit_text(
-            config, text_model, model.config.data, documents, how=how, saving=saving, **asked
-        )
-        facts = {**fitted.dictionary.facts, **folder.facts_of(model, layers)}
+    about = folder.facts_of(model, layers)
+    saving = train.Saving(out / folder.STATE, about, resume, arguments.save_every, stop)
+    with folder.writing(out):
+        try:
+            fitted = text.fit_text(
+                config, text_model, model.config.data, documents, how=how, saving=saving, **asked
+            )
+        except train.Stopped as e:
+            assert stop is not None
+            progress.say(f"{stop.signal_name}: {e}; saved in {out}. Resume with the same command")
+            return
+        facts = {**fitted.dictionary.facts, **about}
         dictionary = dataclasses.replace(fitted.dictionary, facts=facts)
-        folder.finish(out, dictionary, fitted.history)
+        if is_first:
+            folder.finish(out, dictionary, fitted.history)
+    if not is_first:
+        return
     told = {"folder": str(out), "kind": config.kind, "k": config.k, "width": dictionary.width, **facts}
     output.give({**told, "trials": trials}, lambda: output.say(f"{out}: {dictionary.description}"))
 
@@ -182,8 +215,6 @@ def _choose_k(
 
     Each is trained on a tenth of the tokens, 2508.16560's sign of the right number of codes.
     """
-    if arguments.resume:
-        raise UserError("--resume: give the number that --k auto has chosen, not auto")
     width = _config(arguments, model, 1).width
     trials = list[dict[str, Any]]()
     grid = [k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= width // 4] or [1]
@@ -200,6 +231,11 @@ def _choose_k(
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    from topklm.distributed import coordination  # noqa: PLC0415 - see `_train`
+
+    if (process := coordination.find_process()) is not None:
+        text = f"measures in one process, and this is {process.index} of {process.count}"
+        raise UserError(f"sae measure {text}: start one, with TOPKLM_DISTRIBUTED=off")
     shared.check_at_least(arguments, 1, "tokens", "hedging")
     shared.check_on_disk(arguments.run)
     output = Output(arguments.json)

@@ -4,7 +4,7 @@ Words go through JAX's coordination service in process 0, never through a device
 time out. In a single process every function here is trivial.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import json
@@ -15,7 +15,7 @@ from topklm.distributed import coordination
 from topklm.distributed.coordination import Ending, Kind, say_last_line
 from topklm.distributed.coordination import PeerLost as PeerLost
 from topklm.distributed.session import Session
-from topklm.errors import EXIT_TRY_AGAIN
+from topklm.errors import EXIT_TRY_AGAIN, UserError
 
 PATIENCE_S = 1800.0  # for the others to come to the same line: the slowest compilation or save
 _WEEK_S = 604_800.0
@@ -109,6 +109,17 @@ def meet(name: str, value: str = "") -> list[str]:
         return waiting.submit(_session.gather, name, value, _WEEK_S).result()
     finally:
         waiting.shutdown(wait=False)
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises UserError if a process is about to work on other facts than the first, by name; JSON-able."""
+    first, *others = map(json.loads, meet("facts", json.dumps(facts)))
+    for index, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if (there := other.get(name)) != (here := first.get(name)):
+                text = f"process {index} has {there!r}, process 0 {here!r}"
+                advice = "give all hosts, which are to be of one kind, the same command, text and versions"
+                raise UserError(f"{text}: {advice}", field=name)
 
 
 def announce_stop(text: str) -> None:

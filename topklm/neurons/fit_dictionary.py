@@ -51,15 +51,18 @@ class TrainingText:
         self.name = f"training text of {', '.join(dataset.path.name for dataset in self._mixture.datasets)}"
 
     def batches(self, first: int = 0) -> States:
-        """Yields batches without end, from the one of a number."""
+        """Yields batches without end, from the one of a number; each process of the layout reads its rows."""
         model, length = self._model, self._model.config.context_length
-        stream = train_stream(self._mixture, context_length=length, batch_size=model.rows, seed=_SEED)
+        sizes = {"context_length": length, "batch_size": model.rows}
+        rows = model.layout.process_rows(model.rows)
+        stream = train_stream(self._mixture, **sizes, seed=_SEED, rows=rows)
         stream.set_state({"next_index": first})
         for batch in stream:
-            arrays = batch["inputs"], batch["segment_ids"], batch["positions"]
-            is_text = (batch["inputs"] != model.separator_id).reshape(-1)
-            states = hidden_states(model.config, model.params, *model.put(arrays))
-            yield states if self._layers is None else states[self._layers], jnp.asarray(is_text)
+            arrays = {name: batch[name] for name in ("inputs", "segment_ids", "positions")}
+            there = model.layout.put_batch(arrays, model.rows)
+            states = hidden_states(model.config, model.params, *(there[name] for name in arrays))
+            is_text = (there["inputs"] != model.separator_id).reshape(-1)
+            yield states if self._layers is None else states[self._layers], is_text
 
     def n_batches(self, n_tokens: int) -> int:
         """Returns how many batches hold about so many tokens."""

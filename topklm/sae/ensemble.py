@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topklm import distributed
 from topklm.errors import UserError
 from topklm.layout import Layout
 from topklm.neurons.dictionary import Dictionary
@@ -99,7 +100,7 @@ def _member(
     if saving is None:
         return train.fit(config, left, n_batches, seed=seed, **options)
     path = saving.path.with_name(f"{saving.path.stem}-{number}{saving.path.suffix}")
-    resume = saving.resume and (path.exists() or number == 0)
+    resume = saving.resume and (distributed.of_first("member", path.exists) or number == 0)
     of_member = dataclasses.replace(saving, path=path, resume=resume)
     return train.fit(config, left, n_batches, seed=seed, saving=of_member, keep_state=True, **options)
 

@@ -5,16 +5,19 @@ history.json     figures of training, one entry for each group of batches
 state.npz        there while training goes on: what --resume reads (state-J.npz for members of boosting)
 """
 
+from collections.abc import Iterator
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from topklm.checkpoint import checksums
-from topklm.errors import UserError
+from topklm import distributed
+from topklm.checkpoint import checksums, run_folder
+from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import harvest, saelens
 from topklm.neurons.dictionary import Dictionary
-from topklm.storage.files import write_atomically
+from topklm.storage.files import folder_lock, write_atomically
 
 FILE, HISTORY, STATE = "dictionary.npz", "history.json", "state.npz"
 
@@ -28,12 +31,29 @@ def facts_of(model: LanguageModel, layers: tuple[int, ...]) -> dict[str, Any]:
     return {RUN: run, STEP: model.step, PARAMETERS: checksums.fingerprint(model.params), LAYERS: list(layers)}
 
 
-def check_new(path: Path, resume: bool) -> None:
-    """Raises UserError if a folder holds autoencoders, or training and nobody asks to resume it."""
+def is_begun(path: Path) -> bool:
+    """Tells whether a folder holds training that was begun; UserError if all of it is done."""
     if (path / FILE).exists():
         raise UserError(f"--out = {path}: holds autoencoders, all trained: delete it, or give another folder")
-    if any(path.glob(f"{Path(STATE).stem}*")) and not resume:
-        raise UserError(f"--out = {path}: holds training that was begun: give --resume, or another folder")
+    return any(path.glob(f"{Path(STATE).stem}*.npz"))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes a folder and holds it while this process trains into it; of several the first does, for all.
+
+    UserError if somebody else holds it, it cannot be written, or a process does not see it.
+    """
+
+    def refuse(owner: str) -> None:
+        raise UserError(f"--out = {path}: process {owner} trains into it: wait for its end")
+
+    with disk_errors_are_user_errors(f"writing {path}"), contextlib.ExitStack() as stack:
+        if distributed.is_primary():
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(path, refuse))
+        run_folder.check_shared(path, "--out")
+        yield
 
 
 def finish(path: Path, dictionary: Dictionary, history: list[dict[str, Any]]) -> None:

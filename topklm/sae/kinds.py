@@ -35,6 +35,7 @@ from topklm.errors import UserError
 from topklm.model.topk import topk
 from topklm.neurons.dictionary import Dictionary
 from topklm.sae import sparse
+from topklm.sae.devices import Devices
 
 Arrays = dict[str, jax.Array]
 
@@ -140,8 +141,8 @@ class Seen(NamedTuple):
     largest: jax.Array | None = None
 
 
-# loss(config, params, memory, x_ND, coefficient, is_sparse) gives the loss and what was seen.
-Loss = Callable[[SaeConfig, Arrays, Arrays, jax.Array, jax.Array, bool], tuple[jax.Array, Seen]]
+# loss(config, params, memory, x_ND, coefficient, devices) gives the loss and what was seen.
+Loss = Callable[[SaeConfig, Arrays, Arrays, jax.Array, jax.Array, Devices], tuple[jax.Array, Seen]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +174,11 @@ def _seen(x_ND: jax.Array, back_ND: jax.Array, codes_NM: jax.Array, **more: jax.
 
 
 def topk_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, is_sparse: bool
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, on: Devices
 ) -> tuple[jax.Array, Seen]:
-    """Computes the loss of topk; `is_sparse`: with products of the kept codes alone."""
+    """Computes the loss of topk."""
     pre = pre_activations(params, x_ND)
-    if is_sparse:
+    if on.is_sparse:
         kept = sparse.largest(jax.lax.stop_gradient(pre), config.k)
         values = sparse.encode(x_ND - params["centre"], params["encoder"], params["bias"], kept)
         back = sparse.combine(values, kept, params["decoder"]) + params["centre"]
@@ -189,36 +190,31 @@ def topk_loss(
             jnp.min(jnp.where(active, values, jnp.inf)),
         )
     else:
-        codes = topk(pre, config.k)
+        codes = on.topk(pre, config.k)
         back = codes @ params["decoder"] + params["centre"]
         seen = _seen(x_ND, back, codes)
-    return seen.error + aux_loss(config, params, memory, x_ND, back), seen
-
-
-def batchtopk_codes(pre_NM: jax.Array, k: int) -> jax.Array:
-    """Keeps the N k largest of all entries of float32[N, M], clipped at 0."""
-    return topk(pre_NM.reshape(-1), len(pre_NM) * k).reshape(pre_NM.shape)
+    return seen.error + aux_loss(config, params, memory, x_ND, back, on), seen
 
 
 def nested_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: bool
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, on: Devices
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of matryoshka, and of batchtopk, which has one prefix: all codes.
 
     AuxK is of the error of all codes.
     """
     prefixes = config.prefixes() if config.kind == "matryoshka" else [(config.width, 1.0)]
-    codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
+    codes = on.batch_topk(pre_activations(params, x_ND), config.k)
     back, begin, losses = params["centre"], 0, []
     for end, weight in prefixes:
         back = back + codes[:, begin:end] @ params["decoder"][begin:end]
         losses.append(weight * jnp.mean(jnp.square(x_ND - back)))
         begin = end
-    return sum(losses) + aux_loss(config, params, memory, x_ND, back), _seen(x_ND, back, codes)
+    return sum(losses) + aux_loss(config, params, memory, x_ND, back, on), _seen(x_ND, back, codes)
 
 
 def aux_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, back_ND: jax.Array
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, back_ND: jax.Array, on: Devices
 ) -> jax.Array:
     """Computes AuxK: how well the D / 2 dead codes with the largest pre-activations give the error.
 
@@ -240,7 +236,7 @@ def aux_loss(
 
     def many() -> jax.Array:
         pre = jnp.where(is_dead, pre_activations(params, x_ND), -jnp.inf)
-        return jnp.mean(jnp.square(topk(pre, n_aux, "identity") @ params["decoder"] - error_ND))
+        return jnp.mean(jnp.square(on.topk(pre, n_aux, "identity") @ params["decoder"] - error_ND))
 
     n_dead = jnp.sum(is_dead)
     which = jnp.where(n_dead == 0, 0, jnp.where(n_dead <= n_aux, 1, 2))
@@ -291,7 +287,7 @@ def _rectangle(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Ar
 
 
 def jumprelu_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, coefficient: jax.Array, _: bool
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, coefficient: jax.Array, _: Devices
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of jumprelu; `coefficient` is that of the penalty at this step."""
     del memory
@@ -310,7 +306,7 @@ def jumprelu_loss(
 
 
 def gba_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: bool
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: Devices
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of gba, half the squared error; its biases are in `memory`."""
     del config
@@ -398,7 +394,7 @@ def begin(
         bounds = jnp.zeros(width)  # the positive pre-activations of those ranks
         for rank in np.unique(ranks):
             codes = np.flatnonzero(ranks == rank)
-            largest = topk(pre_MN[codes], int(rank) + 1)
+            largest = topk(pre_MN[codes], int(rank) + 1, backend="threshold")  # XLA may split it
             has_all = jnp.sum(largest > 0, axis=1) > rank
             least = jnp.min(jnp.where(largest > 0, largest, jnp.inf), axis=1)
             bounds = bounds.at[codes].set(jnp.where(has_all, least, 0))

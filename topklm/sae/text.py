@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
-from topklm.config import DataConfig
+from topklm import distributed
+from topklm.config import DataConfig, MeshConfig
+from topklm.layout import make_layout
 from topklm.neurons import DICTIONARY_TOKENS
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel
@@ -37,8 +40,9 @@ def fit_text(
 ) -> Fitted:
     """Trains an autoencoder, or an ensemble, of each of these layers (None: all) on about `n_tokens`.
 
-    Nothing is learned from the documents, whose beginning tells the explained variance. UserError as of
-    `train.fit`, and if the training text cannot be read.
+    Nothing is learned from the documents, whose beginning tells the explained variance; of the processes of
+    the model's layout the first reads them. Errors as of `train.fit`, and UserError if the training text
+    cannot be read.
     """
     text = TrainingText(model, data, layers)
     n_batches = text.n_batches(n_tokens)
@@ -63,5 +67,19 @@ def fit_text(
         facts["ensemble"] = f"{how.kind} of {how.members}"
     facts["text"] = text.name
     made = dataclasses.replace(fitted.dictionary, facts=facts)
-    facts["explained_variance"] = explained_variance(made, model, documents, layers)
+
+    def explained() -> list[float]:
+        return explained_variance(made, _of_this_process(model), documents, layers)
+
+    is_shared = model.layout.is_shared
+    facts["explained_variance"] = distributed.of_first("variance", explained) if is_shared else explained()
     return dataclasses.replace(fitted, dictionary=made)
+
+
+def _of_this_process(model: TextModel) -> TextModel:
+    """Returns a model, of which every device holds all parameters, on the devices of this process alone."""
+    if not model.layout.is_shared:
+        return model
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    params = jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), layout.replicated), model.params)
+    return dataclasses.replace(model, params=params, layout=layout)

@@ -3,16 +3,19 @@
 The source gives batches of hidden states [S, N, D]; neighbouring batches are mixed, so that a minibatch is
 not one document, and cut into minibatches. A batch's tokens that are no text are replaced by others of the
 group. Layers do not see each other. Between two groups the whole state can be written to a file, from which
-training goes on with the same bits. Dims: S layers, N tokens of a batch, G of a group, D d_model, M codes.
+training goes on with the same bits. Several processes take the same steps on parts of each minibatch, by one
+program; the first writes. Dims: S layers, N tokens of a batch, G of a group, D d_model, M codes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
 from pathlib import Path
+import signal
 import time
 from typing import Any
 import zipfile
@@ -23,15 +26,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
+from topklm import distributed
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.layout import BATCH_AXES, Layout, one_device
+from topklm.layout import BATCH_AXES, ROWS, Layout, one_device
 from topklm.neurons import check_begun_with, damage_is_a_user_error
 from topklm.neurons.dictionary import Dictionary
+from topklm.runtime.signals import StopRequest
 from topklm.sae import kinds
+from topklm.sae.devices import Devices
 from topklm.sae.kinds import Arrays, SaeConfig
 from topklm.storage.files import parse_json, write_atomically
 
-# Hidden states float[S, N, D], or those and which of the tokens are text, bool[N].
+# Hidden states float[S, N, D], or those and which of the tokens are text, bool[N]; of several processes each
+# gives arrays over the devices of all, or the same NumPy arrays.
 Batch = Any
 # Batches in order; or a function that gives them from the one of a number, for which none is read in vain.
 Source = Iterable[Batch] | Callable[[int], Iterable[Batch]]
@@ -66,6 +73,11 @@ class Saving:
     facts: Mapping[str, Any]  # by flag, of the hidden states; JSON-able; those of the file must be the same
     resume: bool = False
     every_s: float = 60.0
+    stop: StopRequest | None = None  # to any of the processes, on which all save, and raise `Stopped`
+
+
+class Stopped(Exception):  # noqa: N818 - named for what happened
+    """Training was asked to stop, and its state is saved; the text says after how many tokens."""
 
 
 def fit(
@@ -87,14 +99,17 @@ def fit(
     as `saving` says, with `keep_state` also at the end. `report` is told of tokens that are done.
 
     Raises:
-        UserError: For hidden states or errors that are not finite, a source that ends early, and a state of
-            other training.
+        UserError: For hidden states or errors that are not finite, a source that ends early, a state of
+            other training, and a process of several that was asked for other training.
+        Stopped: As `saving` says.
     """
     layout = layout or one_device()
     if config.minibatch % layout.size:
         allowed = f"a multiple of the {layout.size} devices"
         raise UserError(field="--minibatch", value=config.minibatch, allowed=allowed)
     training = _Training(config, n_batches, seed, layout, saving)
+    if layout.is_shared and saving:
+        distributed.check_same(training.settings)
     n_done = training.resume() if saving and saving.resume else 0
     report(n_done * training.n_tokens)
     found = states(n_done) if callable(states) else itertools.islice(states, n_done, None)
@@ -106,10 +121,15 @@ def fit(
         if waiting:
             report(training.add(*waiting))
         waiting = first, len(batches), figures
-        if saving and time.monotonic() > training.next_save:
+        # Asked for before this group: all processes have heard of it by now, whichever has saved in between.
+        is_asked = training.is_asked_to_stop
+        if saving and (is_asked or time.monotonic() > training.next_save):
             report(training.add(*waiting))
             waiting = None
             training.save(first + len(batches))
+        if is_asked:
+            done, of = ((first + len(batches)) * training.n_tokens, n_batches * training.n_tokens)
+            raise Stopped(f"stopped after {done:,} of {of:,} tokens")
     if waiting:
         report(training.add(*waiting))
         if keep_state:
@@ -139,11 +159,10 @@ class _Training:
     def __init__(self, config: SaeConfig, n_batches: int, seed: int, layout: Layout, saving: Saving | None):
         self.state: dict[str, Any] | None = None
         self.next_save = time.monotonic() + (saving.every_s if saving else 0)
+        self.is_asked_to_stop = False
         self.history: list[dict[str, Any]] = []
         self._config, self._n_batches, self._seed = config, n_batches, seed
         self._layout, self._saving = layout, saving
-        sparse = layout.platform == "cpu" and layout.size == 1
-        self._is_sparse = sparse and config.k <= config.width * _SPARSE_SHARE
         self.n_tokens = 0  # of a batch; 0 before there is one
 
     def begin(self, batches: list[Batch], start: Dictionary | None) -> None:
@@ -153,11 +172,12 @@ class _Training:
         n_tokens = self._n_batches * self.n_tokens
         dead_after = self._config.dead_tokens or min(_DEAD_TOKENS, n_tokens // 10)
         rows = jax.random.normal(jax.random.key(self._seed), (n_layers, width, x_SGD.shape[2]))
-        self.state = _begin(self._config, rows, x_SGD, texts_G, max(dead_after, 1))
+        self.state = _begin(self._config, np.asarray(rows), x_SGD, texts_G, max(dead_after, 1))
+        self.state = jax.device_put(self.state, self._layout.replicated)
         if start is not None:
             self.state = _continued(self._config, start, self.state)
         steps = self._n_batches * max(1, self.n_tokens // self._config.minibatch)
-        self.state["total"] = jnp.full(n_layers, steps, jnp.int32)
+        self.state["total"] = np.full(n_layers, steps, np.int32)
         self.state["optimizer"] = jax.vmap(_ADAM.init)(self.state["params"])
         self.state = jax.device_put(self.state, self._layout.replicated)
 
@@ -168,9 +188,9 @@ class _Training:
         is_split = self.n_tokens % self._layout.size == 0
         spec = _LAYERS_OF_TOKENS if is_split else PartitionSpec()
         to = NamedSharding(self._layout.mesh, spec)
-        texts = [np.ones(x.shape[1], bool) if text is None else np.asarray(text) for x, text in parts]
-        states = jax.device_put([jnp.asarray(x) for x, _ in parts], to)
-        return _joined(states), jnp.asarray(np.concatenate(texts))
+        texts = [np.ones(x.shape[1], bool) if text is None else text for x, text in parts]
+        states = jax.device_put([x for x, _ in parts], to)
+        return _joined(states), _joined_texts(self._layout.replicated, texts)
 
     def run(self, first: int, batches: list[Batch]) -> Any:
         """Trains on a group; returns its figures, which may not be computed yet."""
@@ -178,14 +198,26 @@ class _Training:
         size = min(self._config.minibatch, self.n_tokens)
         n_steps = max(1, len(texts_G) // size)
         key = jax.random.fold_in(jax.random.key(self._seed), first)
-        to = NamedSharding(self._layout.mesh, PartitionSpec(BATCH_AXES)) if self._layout.size > 1 else None
-        settings = self._config, n_steps, size, self._is_sparse, to
-        self.state, figures = _train_group(settings, self.state, x_SGD, texts_G, key)
+        is_alone, config = self._layout.size == 1, self._config
+        sparse = self._layout.platform == "cpu" and config.k <= config.width * _SPARSE_SHARE
+        on = Devices(is_alone and sparse, None if is_alone or size % self._layout.size else self._layout.mesh)
+        settings = config, n_steps, size, on, self._layout.replicated
+        asked, stop = None, self._saving and self._saving.stop
+        if stop is not None:
+            number = signal.Signals[stop.signal_name].value if stop.signal_name else 0
+            asked = self._layout.one_per_device(number)
+        self.state, figures = _train_group(settings, self.state, x_SGD, texts_G, key, asked)
+        if stop is not None:
+            stop.begin_training()
         return figures
 
     def add(self, first: int, n: int, figures: Any) -> int:
         """Adds a group's figures to the history; returns the group's tokens. UserError if not finite."""
         found = {name: np.asarray(array) for name, array in figures.items()}
+        if number := int(found.pop("asked", 0)):
+            assert self._saving is not None and self._saving.stop is not None
+            self._saving.stop.request(signal.Signals(number).name)
+            self.is_asked_to_stop = True
         tokens = (first + n) * self.n_tokens
         if bad := np.flatnonzero(~np.isfinite(found["mse"])).tolist():
             why = "the hidden states are not finite"
@@ -223,21 +255,23 @@ class _Training:
         return Fitted(dictionary, self.history, state["memory"]["idle"] >= n_last)
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """All that makes this training another one than others, by flag; JSON-able."""
         assert self._saving is not None
         flags = {f"--{name.replace('_', '-')}": x for name, x in dataclasses.asdict(self._config).items()}
         return {**flags, "--seed": self._seed, "batches": self._n_batches, **self._saving.facts}
 
     def save(self, n_done: int) -> None:
-        """Writes the state after so many batches."""
+        """Writes the state after so many batches, in the first process."""
         assert self._saving is not None
-        about = {"settings": self._settings, "done": n_done, "tokens": self.n_tokens}
+        about = {"settings": self.settings, "done": n_done, "tokens": self.n_tokens}
         about["history"] = self.history
-        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
-        to = io.BytesIO()
-        np.savez(to, about=np.array(json.dumps(about)), **leaves)  # type: ignore[arg-type]
-        with disk_errors_are_user_errors(f"writing {self._saving.path}"):
-            write_atomically(self._saving.path, to.getvalue())
+        if distributed.is_primary():
+            leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
+            to = io.BytesIO()
+            np.savez(to, about=np.array(json.dumps(about)), **leaves)  # type: ignore[arg-type]
+            with disk_errors_are_user_errors(f"writing {self._saving.path}"):
+                write_atomically(self._saving.path, to.getvalue())
         self.next_save = time.monotonic() + self._saving.every_s
 
     def resume(self) -> int:
@@ -254,10 +288,12 @@ class _Training:
             with np.load(path, allow_pickle=False) as found:
                 about = parse_json(str(found["about"]))
                 leaves = [found[str(i)] for i in range(len(found.files) - 1)]
-            check_begun_with(path, about["settings"], self._settings)
+            check_begun_with(path, about["settings"], self.settings)
             self.n_tokens, self.history = about["tokens"], about["history"]
             self.state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
             self.state = jax.device_put(self.state, self._layout.replicated)
+        if self._layout.is_shared:
+            distributed.check_same({str(path): hashlib.sha256(json.dumps(about).encode()).hexdigest()})
         return about["done"]
 
 
@@ -276,6 +312,11 @@ def _shape_of_state(config: SaeConfig) -> dict[str, Any]:
 @jax.jit
 def _joined(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined_texts(replicated: NamedSharding, parts: list[jax.Array]) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.concatenate(parts), replicated)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -339,10 +380,19 @@ def _order(texts_G: jax.Array, key: jax.Array, n: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _train_group(
-    settings: tuple, state: dict[str, Any], x_SGD: jax.Array, texts_G: jax.Array, key: jax.Array
+    settings: tuple,
+    state: dict[str, Any],
+    x_SGD: jax.Array,
+    texts_G: jax.Array,
+    key: jax.Array,
+    asked: jax.Array | None,
 ) -> tuple[dict[str, Any], Arrays]:
-    """Takes the steps of a group; returns the state, and figures over the group, float32[S] each."""
-    config, n_steps, size, is_sparse, to = settings
+    """Takes the steps of a group; returns the state, and figures over the group, float32[S] each.
+
+    `asked` are signals to stop that came to the processes, or 0, an element on each device; one that did is
+    among the figures.
+    """
+    config, n_steps, size, on, replicated = settings
     order = _order(texts_G, key, n_steps * size).reshape(n_steps, size)
 
     def of_layer(layer: tuple[dict[str, Any], jax.Array]) -> tuple[dict[str, Any], Arrays]:
@@ -350,9 +400,9 @@ def _train_group(
 
         def step(carry: dict[str, Any], tokens: jax.Array) -> tuple[dict[str, Any], tuple]:
             x_ND = x_GD[tokens] / carry["scale"]
-            if to is not None:
-                x_ND = jax.lax.with_sharding_constraint(x_ND, to)
-            return _step(config, is_sparse, carry, x_ND)
+            if on.mesh is not None:
+                x_ND = jax.lax.with_sharding_constraint(x_ND, NamedSharding(on.mesh, ROWS))
+            return _step(config, on, carry, x_ND)
 
         state, (errors, l0) = jax.lax.scan(step, state, order)
         used_GD = x_GD[order.reshape(-1)]
@@ -363,11 +413,14 @@ def _train_group(
         return state, figures
 
     # One after another: each layer's products are large enough by themselves, and its state stays in cache.
-    return jax.lax.map(of_layer, (state, x_SGD))
+    found = jax.lax.map(of_layer, (state, x_SGD))
+    if asked is not None:
+        found[1]["asked"] = jnp.max(asked)
+    return jax.lax.with_sharding_constraint(found, replicated)  # each process reads all
 
 
 def _step(
-    config: SaeConfig, is_sparse: bool, state: dict[str, Any], x_ND: jax.Array
+    config: SaeConfig, on: Devices, state: dict[str, Any], x_ND: jax.Array
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
     """Takes one step of one layer; returns the error and the codes of a token too."""
     params, memory = state["params"], state["memory"]
@@ -375,7 +428,7 @@ def _step(
     loss = functools.partial(kinds.KINDS[config.kind].loss, config)
 
     def of(params: Arrays) -> tuple[jax.Array, kinds.Seen]:
-        return loss(params, memory, x_ND, config.coefficient * share, is_sparse)
+        return loss(params, memory, x_ND, config.coefficient * share, on)
 
     gradients, seen = jax.grad(of, has_aux=True)(params)
     rows = "decoder" if "decoder" in params else "encoder"  # of unit length

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +147,7 @@ class Checkpoints:
     def check_same_everywhere(self, settings: Settings) -> None:
         """Raises UserError if a process of several is about to trace something else than the first."""
         own = {**as_facts(settings), "clusters": hashlib.sha256(self.clusters.tobytes()).hexdigest()}
-        first, *others = map(json.loads, distributed.meet("settings", json.dumps(own)))
-        for index, other in enumerate(others, 1):
-            for name, value in first.items():
-                if other[name] != value:
-                    here, there = f"process {index} has {other[name]!r}", f"process 0 {value!r}"
-                    advice = (
-                        "give all hosts, which are to be of one kind, the same command, text and versions"
-                    )
-                    raise UserError(f"{name.replace('_', ' ')}: {here}, {there}: {advice}")
+        distributed.check_same({name.replace("_", " "): value for name, value in own.items()})
 
     def load(self, step: int) -> LanguageModel:
         """Loads the model of a step; step 0, where no checkpoint is of it, is made from the seed."""
