@@ -3,7 +3,7 @@
 Tests of single functions need none of this.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -168,6 +168,28 @@ class Ended:
     exit_code: int
     output: str
     errors: str
+
+
+class Job:
+    """Processes that run `topklm` together, to their end, each after the statements of `first`."""
+
+    def __init__(self, folder: Path, count: int, arguments: Sequence[Any], first: str = "", **variables: str):
+        path = folder / f"program-{count}.py"
+        path.write_text(f"{first}\nimport sys\nfrom topklm import cli\nsys.exit(cli.run(sys.argv[1:]))\n")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TOPKLM_COORDINATOR": f"localhost:{coordinator_port()}",
+            "TOPKLM_PROCESS_COUNT": str(count),
+            "TOPKLM_PEER_TIMEOUT": "5",
+            **variables,
+        }
+        command = [sys.executable, str(path), *map(str, arguments)]
+        self.processes = [
+            Process(command, env={**environment, "TOPKLM_PROCESS_ID": str(index)}) for index in range(count)
+        ]
+        self.codes = [process.finish() for process in self.processes]
+        self.errors = [process.errors for process in self.processes]
 
 
 def in_this_process(*arguments: Any) -> Ended:

@@ -1,11 +1,9 @@
 """A trace by several real processes: the bytes of one, whatever the kills."""
 
-import os
 import shutil
 import signal
-import sys
 
-from helpers import ROOT, Process, coordinator_port, in_this_process
+from helpers import Job, in_this_process
 import pytest
 from test_trace_command import base
 
@@ -14,8 +12,7 @@ from topklm.trace.tables import TraceFolder
 FEW = "--tokens", "900", "--min-tokens", "5", "--keep-events"
 # A process that is killed when it is about to write the row of its second step.
 PROGRAM = """
-import os, signal, sys
-from topklm import cli
+import os, signal
 from topklm.trace.tables import TraceFolder
 
 write, rows = TraceFolder.write, []
@@ -28,29 +25,7 @@ def killed(self, table, step, of):
 
 if "{index}" == os.environ["TOPKLM_PROCESS_ID"]:
     TraceFolder.write = killed
-sys.exit(cli.run(sys.argv[1:]))
 """
-
-
-class Job:
-    """Processes that run `topklm` together."""
-
-    def __init__(self, folder, count, arguments, killed=None):
-        path = folder / f"program-{count}.py"
-        path.write_text(PROGRAM.format(index=killed))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "TOPKLM_COORDINATOR": f"localhost:{coordinator_port()}",
-            "TOPKLM_PROCESS_COUNT": str(count),
-            "TOPKLM_PEER_TIMEOUT": "5",
-        }
-        command = [sys.executable, str(path), *map(str, arguments)]
-        self.processes = [
-            Process(command, env={**environment, "TOPKLM_PROCESS_ID": str(index)}) for index in range(count)
-        ]
-        self.codes = [process.finish() for process in self.processes]
-        self.errors = [process.errors for process in self.processes]
 
 
 def content(run):
@@ -80,7 +55,7 @@ def test_two_processes_write_the_bytes_of_one(finished_run, tmp_path):
 @pytest.mark.slow
 def test_a_kill_ends_all_by_its_name_and_another_number_of_processes_goes_on(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / finished_run.name)
-    job = Job(tmp_path, 2, ["trace", "run", run, *FEW], killed=1)
+    job = Job(tmp_path, 2, ["trace", "run", run, *FEW], PROGRAM.format(index=1))
     assert job.codes == [75, -signal.SIGKILL]
     said = "process 1 is gone (no sign of life for 5 s): it was killed or its machine failed; start the same"
     assert said in job.errors[0].splitlines()[-1]
