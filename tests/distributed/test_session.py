@@ -12,6 +12,8 @@ import textwrap
 from helpers import ROOT, Process, coordinator_port
 import pytest
 
+from topklm import distributed
+from topklm.errors import UserError
 from topklm.imports import versions
 
 PROGRAM = """
@@ -476,3 +478,15 @@ def test_a_stranger_that_comes_before_a_process_cannot_make_a_run_look_finished(
     assert job[0].errors == (
         "error: process 1 was told to stop (trained); start the same command again to resume\n"
     )
+
+
+def test_a_process_with_other_facts_than_the_first_is_named(monkeypatch):
+    others = {"--k": 4, "text": "leads"}
+    monkeypatch.setattr(distributed, "meet", lambda name, value: [value, json.dumps(others)])
+    distributed.check_same(others)
+    for facts, said in (
+        ({"--k": 3, "text": "leads"}, "--k: process 1 has 4, process 0 3: give all hosts"),
+        ({"--k": 4}, "text: process 1 has 'leads', process 0 None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            distributed.check_same(facts)

@@ -1,5 +1,9 @@
 """Losses, gradients and adaptation of each kind of autoencoder, against PyTorch or NumPy in float64."""
 
+import os
+import sys
+
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +120,35 @@ def test_loss_and_gradients_are_those_of_the_papers(kind, n_dead, options):
             scale = np.abs(theirs).max()
             assert scale > 0, name
             np.testing.assert_allclose(gradient, theirs, atol=2e-5 * scale, err_msg=f"{name} {is_sparse}")
+
+
+ON_FOUR_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from topklm.config import MeshConfig
+from topklm.layout import make_layout
+from topklm.sae.devices import Devices
+
+four, one = Devices(mesh=make_layout(MeshConfig(data=2, fsdp=2)).mesh), Devices()
+x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+for pre in (x, np.round(x), np.round(x / 2), x - 2.5, -np.abs(x)):  # with ties, with few above 0, with none
+    for k in (1, 3, 24):
+        def kept(on, pre):
+            return on.batch_topk(pre, k), on.topk(pre, k), on.topk(pre, k, "identity")
+
+        found, back = jax.vjp(lambda pre: kept(four, pre), pre)
+        wanted, their_back = jax.vjp(lambda pre: kept(one, pre), pre)
+        cotangents = tuple(jnp.cos(jnp.arange(x.size)).reshape(x.shape) + i for i in range(3))
+        for a, b in zip((*found, *back(cotangents)), (*wanted, *their_back(cotangents)), strict=True):
+            np.testing.assert_array_equal(a, b)
+print("the same")
+"""
+
+
+def test_four_devices_keep_the_codes_that_one_keeps():
+    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), **helpers.devices(4)}
+    ended = helpers.Process([sys.executable, "-c", ON_FOUR_DEVICES], env=environment)
+    assert ended.finish() == 0, ended.errors
+    assert "the same" in ended.output
 
 
 def test_sparse_products_see_the_same_codes():

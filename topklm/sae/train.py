@@ -290,10 +290,10 @@ class _Training:
                 leaves = [found[str(i)] for i in range(len(found.files) - 1)]
             check_begun_with(path, about["settings"], self.settings)
             self.n_tokens, self.history = about["tokens"], about["history"]
-            self.state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
-            self.state = jax.device_put(self.state, self._layout.replicated)
+            state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
         if self._layout.is_shared:
             distributed.check_same({str(path): hashlib.sha256(json.dumps(about).encode()).hexdigest()})
+        self.state = jax.device_put(state, self._layout.replicated)
         return about["done"]
 
 
