@@ -1,6 +1,7 @@
 """Losses, gradients and adaptation of each kind of autoencoder, against PyTorch or NumPy in float64."""
 
 import os
+import statistics
 import sys
 
 import helpers
@@ -123,6 +124,7 @@ def test_loss_and_gradients_are_those_of_the_papers(kind, n_dead, options):
 
 
 ON_FOUR_DEVICES = """
+import functools
 import jax, jax.numpy as jnp, numpy as np
 from topklm.config import MeshConfig
 from topklm.layout import make_layout
@@ -130,16 +132,21 @@ from topklm.sae.devices import Devices
 
 four, one = Devices(mesh=make_layout(MeshConfig(data=2, fsdp=2)).mesh), Devices()
 x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
-for pre in (x, np.round(x), np.round(x / 2), x - 2.5, -np.abs(x)):  # with ties, with few above 0, with none
-    for k in (1, 3, 24):
-        def kept(on, pre):
-            return on.batch_topk(pre, k), on.topk(pre, k), on.topk(pre, k, "identity")
+weights = np.cos(np.arange(x.size)).reshape(x.shape)
 
-        found, back = jax.vjp(lambda pre: kept(four, pre), pre)
-        wanted, their_back = jax.vjp(lambda pre: kept(one, pre), pre)
-        cotangents = tuple(jnp.cos(jnp.arange(x.size)).reshape(x.shape) + i for i in range(3))
-        for a, b in zip((*found, *back(cotangents)), (*wanted, *their_back(cotangents)), strict=True):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def kept(on, k, pre):
+    return on.batch_topk(pre, k), on.topk(pre, k, "identity")
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradient(on, k, pre):
+    return jax.grad(lambda pre: jnp.sum(weights * (on.batch_topk(pre, k) + 2 * on.topk(pre, k))))(pre)
+
+for k in (3, 24):
+    for pre in (x, np.round(x), np.round(x / 2), x - 2.5, -np.abs(x)):  # ties; few above 0; none
+        for a, b in zip(kept(four, k, pre), kept(one, k, pre), strict=True):
             np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(gradient(four, k, pre), gradient(one, k, pre))
 print("the same")
 """
 
@@ -181,6 +188,18 @@ def test_codes_begin_with_their_frequencies(kind, name):
 def test_a_step_has_no_gradient_for_codes_that_are_far_from_their_threshold():
     gradient = jax.grad(lambda t: kinds.step(jnp.array([[5.0, 1.04]]), t, 0.1).sum())(jnp.ones(2))
     np.testing.assert_allclose(gradient, [0, -10])
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.7, 2.0])
+def test_the_gradient_of_a_threshold_is_that_of_the_mean_loss_of_normal_codes(wanted):
+    """By Leibniz' rule, of density phi: of E[z > t] it is -phi(t), of E[(z - y)^2] phi(t) (2 t y - t^2)."""
+    normal = statistics.NormalDist()
+    pre = jnp.asarray([normal.inv_cdf((i + 0.5) / 100_000) for i in range(100_000)])[:, None]
+    for t in (0.4, 1.3):
+        active = jax.grad(lambda t: kinds.step(pre, t, 0.2).mean())(jnp.asarray([t]))
+        assert float(active[0]) == pytest.approx(-normal.pdf(t), rel=0.01)
+        error = jax.grad(lambda t: jnp.mean((kinds.jump(pre, t, 0.2) - wanted) ** 2))(jnp.asarray([t]))
+        assert float(error[0]) == pytest.approx(normal.pdf(t) * (2 * t * wanted - t**2), rel=0.03, abs=1e-3)
 
 
 def test_prefixes_weigh_three_quarters_of_the_next():

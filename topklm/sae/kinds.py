@@ -291,9 +291,7 @@ def jumprelu_loss(
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of jumprelu; `coefficient` is that of the penalty at this step."""
     del memory
-    # Below 0 the jump would let negative codes through.
-    threshold = jnp.maximum(params["threshold"], 0)
-    pre = pre_activations(params, x_ND)
+    pre, threshold = pre_activations(params, x_ND), params["threshold"]
     codes = jump(pre, threshold, config.bandwidth)
     back = codes @ params["decoder"] + params["centre"]
     if config.sparsity == "tanh":
@@ -416,7 +414,7 @@ def as_arrays(
     """
     encoder, decoder, threshold = params["encoder"], params.get("decoder"), None
     if config.kind == "jumprelu":
-        threshold = np.maximum(params["threshold"], 0)
+        threshold = params["threshold"]
     elif config.kind == "gba":
         size, sign = np.abs(params["scale"]), np.sign(params["scale"])
         threshold = -memory["bias"] * size

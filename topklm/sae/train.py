@@ -439,6 +439,9 @@ def _step(
     rate = learning_rate(config, state["step"], state["total"])
     params = {name: array - rate * updates[name] for name, array in params.items()}
     params[rows] = _unit(params[rows])
+    if "threshold" in params:
+        # Below 0 it would let negative codes through; kept at 0 in the loss alone, it would not come back.
+        params["threshold"] = jnp.maximum(params["threshold"], 0)
     memory = kinds.remember(config, memory, seen, len(x_ND), x_ND.shape[1])
     changed = {"params": params, "memory": memory, "optimizer": optimizer_state, "step": state["step"] + 1}
     return state | changed, (seen.error, seen.l0)
