@@ -202,7 +202,7 @@ class _Training:
         sparse = self._layout.platform == "cpu" and config.k <= config.width * _SPARSE_SHARE
         on = Devices(is_alone and sparse, None if is_alone or size % self._layout.size else self._layout.mesh)
         settings = config, n_steps, size, on, self._layout.replicated
-        asked, stop = None, self._saving and self._saving.stop
+        asked, stop = None, self._saving.stop if self._saving else None
         if stop is not None:
             number = signal.Signals[stop.signal_name].value if stop.signal_name else 0
             asked = self._layout.one_per_device(number)
