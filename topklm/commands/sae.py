@@ -16,7 +16,7 @@ from topklm.errors import UserError
 from topklm.imports import when_used
 from topklm.neurons import DICTIONARY_TOKENS
 from topklm.progress import Progress
-from topklm.runtime.signals import StopRequest, stop_on_signal
+from topklm.runtime.process import StopRequest, stop_on_signal
 from topklm.storage.files import local_path
 
 with when_used():

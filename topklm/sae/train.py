@@ -31,7 +31,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import BATCH_AXES, ROWS, Layout, one_device
 from topklm.neurons import check_begun_with, damage_is_a_user_error
 from topklm.neurons.dictionary import Dictionary
-from topklm.runtime.signals import StopRequest
+from topklm.runtime.process import StopRequest
 from topklm.sae import kinds
 from topklm.sae.devices import Devices
 from topklm.sae.kinds import Arrays, SaeConfig
