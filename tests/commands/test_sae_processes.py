@@ -6,7 +6,7 @@ from helpers import Job, devices
 import pytest
 from test_trace_command import base
 
-# Batches of few tokens; and a signal to a process that is about to save for the second time.
+# Batches of few tokens, four groups of them; and a signal to a process that is about to save.
 FIRST = """
 import os, signal
 from topklm.neurons import documents
@@ -16,7 +16,7 @@ save, saves = train._Training.save, []
 
 def hit(self, n_done):
     saves.append(n_done)
-    if len(saves) == 2:
+    if len(saves) == {at}:
         os.kill(os.getpid(), {number})
     save(self, n_done)
 
@@ -27,10 +27,10 @@ documents._BATCH_TOKENS = 256
 SIZES = ("--width", 40, "--k", 3, "--minibatch", 512)
 
 
-def train(run, out, count, *flags, killed=None, by=signal.SIGKILL, tokens=12_000, kind="topk"):
+def train(run, out, count, *flags, killed=None, by=signal.SIGKILL, at=2, tokens=16_000, kind="topk"):
     """Trains by so many processes, two devices in all, of which one gets a signal; returns the job."""
     arguments = ["sae", "train", run, "--out", out, *SIZES, "--kind", kind, "--tokens", tokens, *flags]
-    first = FIRST.format(index=killed, number=int(by))
+    first = FIRST.format(index=killed, number=int(by), at=at)
     return Job(out.parent, count, arguments, first, **devices(2 // count))
 
 
@@ -82,7 +82,7 @@ def test_a_kill_ends_all_and_any_number_of_processes_goes_on_to_the_same_bytes(r
 @pytest.mark.slow
 def test_a_signal_to_one_process_has_all_stop_and_the_same_command_goes_on(run, by_one, tmp_path):
     out, command = tmp_path / "out", ("--save-every", 0)
-    job = train(run, out, 2, *command, killed=1, by=signal.SIGTERM)
+    job = train(run, out, 2, *command, killed=1, by=signal.SIGTERM, at=1)
     assert job.codes == [0, 0], job.errors
     line = job.processes[0].output.splitlines()[-1]
     assert line.startswith("SIGTERM: stopped after ") and line.endswith("Resume with the same command")
