@@ -9,6 +9,8 @@ from topklm.config import Config, differences_that_matter, flatten, from_saved, 
 from topklm.errors import UserError
 from topklm.training.metrics import describe_model
 
+_TOPICS = {"model": {"topk_groups": "56:8,200:24"}, "optim": {"topic_weight": 1.0}}
+
 
 def with_fields(**fields):
     """The default config with fields such as model__topk_k."""
@@ -67,6 +69,16 @@ def test_a_field_of_no_section_is_set_and_survives_like_others():
         ({"model": {"topk": 3}}, r"config\.model\.topk is not a field; did you mean topk_k\?"),
         ({"log": {"xyz": 3}}, r"config\.log\.xyz is not a field; there are: every_steps"),
         ({"model": {"topk_k": "8"}}, r"model\.topk_k = '8': must be of type int"),
+        ({"optim": {"topic_weight": -1.0}}, r"optim\.topic_weight = -1\.0: must be 0 or more"),
+        (
+            {"optim": {"topic_weight": 1.0}},
+            r"optim\.topic_weight = 1\.0: must be 0 without model\.topk_groups",
+        ),
+        ({**_TOPICS, "model": {**_TOPICS["model"], "n_nontopk": 4}}, r"optim\.topic_weight.*in a Base LM"),
+        (
+            {**_TOPICS, "optim": {"topic_weight": 1.0, "topic_tokens": 256}},
+            r"optim\.topic_tokens = 256: must be less than model\.context_length \(256\)",
+        ),
         ({"model": {"topk_k": 8.0}}, r"model\.topk_k = 8\.0: must be of type int"),
         ({"model": {"topk_k": True}}, r"model\.topk_k = True: must be of type int"),
         (

@@ -303,6 +303,13 @@ class OptimConfig:
     weight_decay: float = _setting(0.1, "on matrices; never on norms", _FROM_0)
     clip_norm: float = _setting(1.0, "global gradient norm is clipped to this; 0: not clipped", _FROM_0)
     z_loss: float = _setting(0.0, "weight of mean(logsumexp(logits)^2) in the loss", _FROM_0)
+    topic_weight: float = _setting(
+        0.0,
+        "weight, in the loss, of the tokens that follow, predicted by the first of model.topk_groups alone, "
+        "in each layer with TopK: its neurons come to tell what a text is about; not with mesh.context",
+        _FROM_0,
+    )
+    topic_tokens: int = _setting(64, "tokens that follow, at most, of topic_weight", _SIZE)
     syntax_weight: float = _setting(
         0.0,
         "weight, in the loss, of the attention between words and their heads in sentences of data.syntax: of "
@@ -689,6 +696,12 @@ def _check_ranges(config: Config) -> None:
     _check_profile(config)
     _check_trace(config)
     check_only(config)
+    if config.optim.topic_weight:
+        weight = "optim.topic_weight"
+        require(weight, len(m.groups) > 1, "0 without model.topk_groups, whose first holds the topics")
+        require(weight, m.n_topk_layers > 0, "0 in a Base LM, which has no layer with TopK")
+        shorter = f"less than model.context_length ({m.context_length})"
+        require("optim.topic_tokens", config.optim.topic_tokens < m.context_length, shorter)
     if config.optim.syntax_weight and not config.data.syntax:
         advice = "0 without data.syntax, the CoNLL-U file whose sentences it is measured on"
         require("optim.syntax_weight", False, advice)

@@ -129,6 +129,9 @@ class Layout:
                 f"{shape['data']} x fsdp {shape['fsdp']} x grad_accumulation {train.grad_accumulation})"
             )
         context, tensor = shape["context"], shape["tensor"]
+        if context > 1 and config.optim.topic_weight:
+            advice = "0 with mesh.context above 1, where the tokens that follow are on other devices"
+            raise UserError(f"optim.topic_weight = {config.optim.topic_weight}: must be {advice}")
         tokens, why = context * tensor, "mesh.context x mesh.tensor"
         if context > 1:
             tokens, why = context * math.lcm(2, tensor), f"{why}, and of 2 x mesh.context"

@@ -7,7 +7,7 @@ import pytest
 from references import cross_entropy_reference
 
 from topklm.model import losses
-from topklm.model.losses import cross_entropy, token_losses
+from topklm.model.losses import bag_cross_entropy, cross_entropy, token_losses
 
 
 def make(batch, length, d, vocab, dtype=jnp.float32):
@@ -48,6 +48,42 @@ def test_values_and_gradients_equal_the_plain_formula(monkeypatch, shape, z_loss
     np.testing.assert_allclose(without_gradient, [loss, nll], rtol=1e-6)
     for got, want in zip(grads, want_grads, strict=True):
         assert np.linalg.norm(got - want) < 1e-6 * np.linalg.norm(want) + 1e-12
+
+
+def test_the_loss_of_a_bag_equals_numpy_and_its_gradient_that_of_the_plain_formula(monkeypatch):
+    monkeypatch.setattr(losses, "_MIN_TOKENS_PER_CHUNK", 8)
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 1)
+    h, w, _, weights = make(3, 37, 8, 31)
+    rng = np.random.default_rng(1)
+    counts = rng.integers(0, 9, 31)
+    counts[:3] = 0, 5, 1
+    bags = rng.choice(np.flatnonzero(counts), (3, 37, 6))  # with tokens that come twice
+    bags[0, 0] = bags[0, 0, 0]
+    inside = rng.random(bags.shape) < 0.6
+    inside[0, 0] = True
+    shares = inside / np.maximum(inside.sum(-1, keepdims=True), 1)
+    log_counts = np.where(counts > 0, np.log(np.maximum(counts, 1)), -1e9)
+
+    logits = np.asarray(h, np.float64) @ np.asarray(w, np.float64) + log_counts
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = 0.0
+    for row, at in np.ndindex(3, 37):
+        for token, share in zip(bags[row, at], shares[row, at], strict=True):
+            want -= float(weights[row, at]) * share * log_p[row, at, token]
+    weights = jnp.where(inside.any(-1), weights, 0.0)  # a position without a bag adds nothing
+
+    def plain(h, w):
+        log_p = jax.nn.log_softmax(h @ w + log_counts.astype(np.float32))
+        return -jnp.sum(weights[..., None] * shares * jnp.take_along_axis(log_p, jnp.asarray(bags), -1))
+
+    def ours(h, w):
+        given = jnp.asarray(bags, jnp.int32), jnp.asarray(shares, jnp.float32), weights
+        return bag_cross_entropy(h, w, *given, jnp.asarray(log_counts, jnp.float32))
+
+    loss, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(h, w)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+    for got, of_plain in zip(grads, jax.grad(plain, argnums=(0, 1))(h, w), strict=True):
+        assert np.linalg.norm(got - of_plain) < 2e-6 * np.linalg.norm(of_plain)
 
 
 def test_it_equals_torch():

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from helpers import ROOT, devices
 import jax
@@ -19,14 +20,17 @@ import optax
 import pytest
 
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from topklm.layout import make_layout, one_device
+from topklm.errors import UserError
+from topklm.layout import Layout, make_layout, one_device
 from topklm.model import transformer
+from topklm.training import step as step_lib
 from topklm.training.step import (
     TrainState,
     abstract_state,
     empty_window,
     init_state,
     learning_rate_schedule,
+    make_loss_and_gradient,
     make_optimizer,
     make_train_step,
 )
@@ -51,6 +55,8 @@ TOPK = Config(
     optim=OptimConfig(z_loss=1e-3, warmup_steps=4),
 )
 BASE = dataclasses.replace(TOPK, model=dataclasses.replace(TOPK.model, n_nontopk=3))
+# All neurons are one group, so its first holds them all.
+TOPICS = dataclasses.replace(TOPK, optim=dataclasses.replace(TOPK.optim, topic_weight=0.7, topic_tokens=3))
 # With this optimizer a step moves the parameters by minus the gradient.
 PLAIN_GRADIENT = optax.sgd(1.0)
 
@@ -120,14 +126,15 @@ def topk_with_fixed_sets(layout):
     return fixed
 
 
-def topk_gradient_with_fixed_sets(layout):
+def topk_gradient_with_fixed_sets(layout, config=TOPK):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "topk", topk_with_fixed_sets(layout))
+        patch.setattr(step_lib, "_BAG_STRIDE", 2)
         batch = jax.device_put(make_batch(), layout.batch)
-        step = make_train_step(TOPK, PLAIN_GRADIENT, layout)
+        step = make_train_step(config, PLAIN_GRADIENT, layout)
         after, metrics = step(fresh_state(PLAIN_GRADIENT, layout), batch)
     gradient = jax.tree.map(lambda a, b: a - np.asarray(b), initial_params(), after.params)
-    return gradient, float(metrics["loss"])
+    return gradient, float(metrics.get("topic_loss", metrics["loss"]))
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,60 @@ def test_the_gradient_is_that_of_the_weighted_mean_loss(base_gradient):
     got, metrics = base_gradient
     assert float(metrics["loss"]) == pytest.approx(float(nll), rel=1e-5)
     assert_trees_close(got, want, 1e-5)
+
+
+def following_tokens_reference(config, params, batch, places):
+    """Computes the loss of the tokens that follow by plain loops, float32; `places` are those scored."""
+    model, n_topics, n_following = (
+        transformer.bind(config.model, params),
+        config.model.groups[0][0],
+        config.optim.topic_tokens,
+    )
+    inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+    layers = model.hidden(*inputs, capture=lambda h, u, h_next: h_next)[1][: config.model.n_topk_layers]
+    tokens, segments = np.asarray(batch["inputs"]), np.asarray(batch["segment_ids"])
+    counts = np.bincount(tokens.reshape(-1), minlength=41)
+    known = jnp.asarray(np.flatnonzero(counts))
+    log_counts = jnp.log(jnp.asarray(counts[np.asarray(known)], jnp.float32))
+    losses = []
+    for h_BTD in layers:
+        z_BTG = model.final_norm(h_BTD)[..., :n_topics]
+        log_p = jax.nn.log_softmax(z_BTG @ model.unembedding()[:n_topics, known] + log_counts)
+        for row, at in itertools.product(range(len(tokens)), places):
+            following = range(at + 1, min(at + 1 + n_following, tokens.shape[1]))
+            bag = [tokens[row, t] for t in following if segments[row, t] == segments[row, at]]
+            if len(bag) >= min(8, n_following):
+                columns = np.searchsorted(np.asarray(known), bag)
+                losses.append(-log_p[row, at, columns].mean())
+    assert losses
+    return jnp.mean(jnp.stack(losses))
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_the_loss_of_following_tokens_is_of_the_first_group_alone(monkeypatch, accumulated):
+    monkeypatch.setattr(step_lib, "_BAG_STRIDE", 2)
+    model = dataclasses.replace(TOPICS.model, topk_groups="6:2,10:2")
+    train = dataclasses.replace(TOPICS.train, grad_accumulation=accumulated)
+    config = dataclasses.replace(TOPICS, model=model, train=train)
+    batch = make_batch() | {"loss_weights": jnp.zeros((8, 8))}  # nothing else has a gradient
+    found, got = jax.jit(make_loss_and_gradient(config, one_device()))(initial_params(), batch)
+    value, want = jax.value_and_grad(
+        lambda params: following_tokens_reference(config, params, batch, places=(1, 3, 5, 7))
+    )(initial_params())
+    assert float(found["topic_loss"]) == pytest.approx(float(value), rel=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(a / 0.7 - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, path
+
+
+def test_the_loss_of_following_tokens_falls(monkeypatch):
+    monkeypatch.setattr(step_lib, "_BAG_STRIDE", 2)
+    optimizer, layout = make_optimizer(TOPICS.optim, TOPICS.train.steps), one_device()
+    train_step = make_train_step(TOPICS, optimizer, layout)
+    state, losses = fresh_state(optimizer, layout), []
+    for _ in range(TOPICS.train.steps):
+        state, metrics = train_step(state, make_batch())
+        losses.append(float(metrics["topic_loss"]))
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_accumulating_over_microbatches_of_unequal_weight_gives_the_same_gradient(base_gradient):
@@ -293,9 +354,15 @@ def eight_devices(mesh):
     return compared(*(name for name in MESHES if (name in AT_NIGHT) == (mesh in AT_NIGHT)))
 
 
-@pytest.mark.parametrize("model", ["base", "topk_with_fixed_sets"])
+@pytest.mark.parametrize("model", ["base", "topk_with_fixed_sets", "topics"])
 @each_mesh
 def test_a_mesh_gives_the_loss_and_the_gradient_of_one_device(eight_devices, mesh, model):
+    if model == "topics" and MESHES[mesh].context > 1:
+        with pytest.raises(
+            UserError, match=r"optim\.topic_weight = 0\.7: must be 0 with mesh\.context above 1"
+        ):
+            Layout.check(SimpleNamespace(mesh=SimpleNamespace(shape=vars(MESHES[mesh]))), TOPICS)
+        return
     found = eight_devices[mesh][model]
     assert found["loss"] == pytest.approx(eight_devices["one device"][model]["loss"], rel=1e-5)
     for name, error in found["relative_gradient_errors"].items():
@@ -360,6 +427,7 @@ def compare_meshes(names):
     want = {
         "base": gradient_and_metrics(BASE, one_device())[0],
         "topk_with_fixed_sets": topk_gradient_with_fixed_sets(one_device())[0],
+        "topics": topk_gradient_with_fixed_sets(one_device(), TOPICS)[0],
     }
     fsdp = make_layout(MESHES["1x8"])
     report = {"init_state": inspect_init_state(adamw, fsdp), "recomputed": {}}
@@ -379,9 +447,12 @@ def compare_meshes(names):
         layout = make_layout(MESHES[name]) if name in MESHES else one_device()
         base, metrics = gradient_and_metrics(BASE, layout)
         fixed, fixed_loss = topk_gradient_with_fixed_sets(layout)
+        if name not in MESHES or MESHES[name].context == 1:
+            topics, topic_loss = topk_gradient_with_fixed_sets(layout, TOPICS)
+            report[name] = {"topics": figures(topics, topic_loss, want["topics"])}
         state, losses = train_some_steps(adamw, layout)
         shares = {name: x.addressable_shards[0].data.size / x.size for name, x in by_name(state).items()}
-        report[name] = {
+        report[name] = report.get(name, {}) | {
             "base": figures(base, metrics["loss"], want["base"]),
             "topk_with_fixed_sets": figures(fixed, fixed_loss, want["topk_with_fixed_sets"]),
             "topk_losses": losses,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from topklm.config import Config, ModelConfig, OptimConfig
@@ -160,6 +161,11 @@ _RELEASE_SECONDS = 0.002
 _LARGE_BYTES = 64 * 2**20
 _STOP_FLAG = "stop_signal"  # among the results of a step
 
+# Of the loss of following tokens: every so many positions of a window are scored, if so many of them follow.
+_BAG_STRIDE = 4
+_LEAST_BAG = 8
+_NEVER = -1e9  # log of the count of a token that is not in the batch
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes."""
@@ -206,7 +212,8 @@ def make_train_step(
     Sentences are none, or one batch, whose part of the loss has the weight of `optim.syntax_weight`.
 
     Metrics are float32 scalars: `loss` (nats per token, of the batch, without z-loss), `gradient_norm`
-    (before clipping), `learning_rate`, and `bad`, 1 for a bad step; with sentences `syntax_attention`
+    (before clipping), `learning_rate`, and `bad`, 1 for a bad step; with `optim.topic_weight` `topic_loss`,
+    nats per following token (`make_loss_and_gradient`); with sentences `syntax_attention`
     (`topklm.training.syntax`).
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
@@ -220,13 +227,13 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, *sentences: syntax.Sentences
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = loss_and_gradient(state.params, batch)
-        more = {}
+        found, grads = loss_and_gradient(state.params, batch)
+        loss = found["loss"]
         for parsed in sentences:
             attention, of_parsed = jax.value_and_grad(of_neighbours)(state.params, parsed)
             weight = syntax.weight_at(config, state.step)
             grads = jax.tree.map(lambda g, h, weight=weight: g + weight * h, grads, of_parsed)
-            more = {"syntax_attention": attention}
+            found = {**found, "syntax_attention": attention}
         norm = optax.tree.norm(grads)
         bad = is_bad(state.recent, loss, norm, config.train.spike_sigmas)
         recent = push_step(state.recent, loss, norm, bad)
@@ -236,11 +243,10 @@ def make_train_step(
             before = state.params, state.opt_state
             learned = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, learned)
         metrics = {
-            "loss": loss,
+            **found,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad.astype(jnp.float32),
-            **more,
         }
         return TrainState(state.step + 1, *learned, recent), metrics
 
@@ -248,27 +254,92 @@ def make_train_step(
 
 
 def make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
-    """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel, forward = make_forward(config.model, layout)
+    """Builds `(params, batch) -> ({"loss": mean in nats}, gradient with z-loss)`.
 
-    def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model, h, _ = forward(params, batch)
+    With `optim.topic_weight` the gradient is also that of `topic_loss`, likewise in the results: of the
+    tokens that follow in the same document, `optim.topic_tokens` at most, predicted by `bag_cross_entropy`
+    from the first of `model.topk_groups` alone, through final norm and unembedding; the mean over all layers
+    with TopK. Alternatives are the tokens of the batch.
+    """
+    specs, parallel, forward = make_forward(config.model, layout)
+    has_topics = config.optim.topic_weight > 0
+    capture = (lambda h, u, h_next: h_next) if has_topics else None
+
+    def loss_of_device(
+        params: transformer.Parameters, batch: Batch, log_counts_V: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model, h, outputs_LBTD = forward(params, batch, capture)
         h, w, targets = parallel.gather_tokens(h), model.unembedding(), batch["targets"]
         z_loss, n_vocab = config.optim.z_loss, config.model.vocab_size
-        return losses.cross_entropy(h, w, targets, batch["loss_weights"], z_loss, n_vocab, parallel.tensor)
+        loss, nll = losses.cross_entropy(
+            h, w, targets, batch["loss_weights"], z_loss, n_vocab, parallel.tensor
+        )
+        if not has_topics:
+            return loss, {"loss": nll}
+        n_topics, n_layers = config.model.groups[0][0], config.model.n_topk_layers
+        scored, bags, shares = _following_tokens(batch, config.optim.topic_tokens)
+
+        def of_layer(h_BTD: jax.Array) -> jax.Array:
+            z_BTG = parallel.gather_tokens(model.final_norm(h_BTD)[..., :n_topics])[:, scored]
+            of_scored = bags, shares, batch["topic_weights"][:, scored]
+            return losses.bag_cross_entropy(z_BTG, w[:n_topics], *of_scored, log_counts_V, parallel.tensor)
+
+        topic_loss = jnp.mean(jax.lax.map(of_layer, outputs_LBTD[:n_layers]))
+        return loss + config.optim.topic_weight * topic_loss, {"loss": nll, "topic_loss": topic_loss}
 
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
-    def of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, Any]:
+    def of_device(params: transformer.Parameters, batch: Batch) -> tuple[dict[str, jax.Array], Any]:
         batch = parallel.balanced(batch)
-        total = layout.sum_over(batch["loss_weights"].sum(), keep=REPLICATED, leave_out="tensor")
-        batch = {**batch, "loss_weights": batch["loss_weights"] / jnp.maximum(total, 1.0)}
-        (_, nll), grads = _accumulate(gradient, params, batch, config.train.grad_accumulation)
+        weights = {"loss_weights": batch["loss_weights"]}
+        log_counts_V = None
+        if has_topics:
+            weights["topic_weights"] = _topic_weights(batch, config.optim.topic_tokens)
+            log_counts_V = _log_counts(batch["inputs"], config.model.padded_vocab_size, layout, parallel)
+        totals = {
+            name: layout.sum_over(x.sum(), keep=REPLICATED, leave_out="tensor") for name, x in weights.items()
+        }
+        batch = {**batch, **{name: x / jnp.maximum(totals[name], 1.0) for name, x in weights.items()}}
+        of_microbatch = functools.partial(gradient, log_counts_V=log_counts_V)
+        (_, found), grads = _accumulate(of_microbatch, params, batch, config.train.grad_accumulation)
         # Along the axes that split a parameter its gradient has been summed where it was gathered.
         grads = jax.tree.map(lambda g, spec: layout.sum_over(g, keep=spec), grads, specs)
-        return layout.sum_over(nll, keep=REPLICATED, leave_out="tensor"), grads
+        found = {name: layout.sum_over(x, keep=REPLICATED, leave_out="tensor") for name, x in found.items()}
+        return found, grads
 
-    return layout.on_every_device(of_device, specs, (REPLICATED, specs))
+    results = dict.fromkeys(("loss", "topic_loss") if has_topics else ("loss",), REPLICATED)
+    return layout.on_every_device(of_device, specs, (results, specs))
+
+
+def _following_tokens(batch: Batch, n_following: int) -> tuple[np.ndarray, jax.Array, jax.Array]:
+    """Returns positions int[P] of windows, the tokens after each, int32[B, P, H], and the share of each.
+
+    Shares, float32[B, P, H], are equal and add up to 1 over the tokens of the position's document.
+    """
+    tokens, segments = batch["inputs"], batch["segment_ids"]
+    scored = np.arange(_BAG_STRIDE // 2, tokens.shape[1], _BAG_STRIDE)
+    following = scored[:, None] + 1 + np.arange(n_following)
+    index = np.minimum(following, tokens.shape[1] - 1)
+    inside = (segments[:, index] == segments[:, scored][..., None]) & (following < tokens.shape[1])
+    n_inside = inside.sum(axis=-1, keepdims=True)
+    return scored, tokens[:, index], inside / jnp.maximum(n_inside, 1).astype(jnp.float32)
+
+
+def _topic_weights(batch: Batch, n_following: int) -> jax.Array:
+    """Returns 1 at positions that are scored by `_following_tokens` and that enough tokens follow, else 0."""
+    scored, _, shares = _following_tokens(batch, n_following)
+    enough = (shares > 0).sum(axis=-1) >= min(_LEAST_BAG, n_following)
+    return jnp.zeros(batch["inputs"].shape, jnp.float32).at[:, scored].set(enough)
+
+
+def _log_counts(tokens_BT: jax.Array, rows: int, layout: Layout, parallel: Parallel) -> jax.Array:
+    """Returns the log of how often each token is in the batch, of this device's part of the vocabulary."""
+    counts = jnp.zeros(rows, jnp.float32).at[tokens_BT].add(1.0)
+    counts = layout.sum_over(counts, keep=REPLICATED, leave_out="tensor")
+    if parallel.tensor is not None:
+        size = rows // jax.lax.axis_size(parallel.tensor)
+        counts = jax.lax.dynamic_slice_in_dim(counts, jax.lax.axis_index(parallel.tensor) * size, size)
+    return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1.0)), _NEVER)
 
 
 def make_forward(
