@@ -79,6 +79,7 @@ SCANS = {
             "k8": {"model.topk_k": 8, "model.topk_groups": "8:2,56:3,448:3"},
             "no groups": {"model.topk_groups": ""},
             "groups alone": {"model.token_input": "first"},
+            "topics": {"model.topk_groups": "64:4,448:12", "optim.topic_weight": 5.0},
             "few broad": {"model.topk_groups": "16:1,64:3,432:12"},
             "lr.0015": {"optim.learning_rate": 1.5e-3},
             "lr.006": {"optim.learning_rate": 6e-3},
