@@ -251,6 +251,11 @@ def command_line(draw):
     return arguments
 
 
+def test_a_variant_longer_than_a_file_name_may_be_is_one_line():
+    with only_one_line(), pytest.raises(UserError, match="the variants are"):
+        train.parse([f"--config={CONFIG_FILE}:{'0' * 5000}"])
+
+
 @quick_and(3100)
 def test_a_random_command_line_is_parsed_or_is_one_line(examples, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import difflib
 import functools
+import os
 import pathlib
 import re
 import sys
@@ -135,7 +136,7 @@ def load(file_and_variant: str) -> dict[str, Any]:
     check_name(file, "--config")
     shipped = shipped_configs()
     ours = shipped.get(re.sub(r"^configs/(.*)\.py$", r"\1", file))
-    if not ours and pathlib.Path(file_and_variant).is_dir():
+    if not ours and os.path.isdir(file_and_variant):  # False for a name too long for the system too
         return _config_of_run(file_and_variant)
     try:
         with disk_errors_are_user_errors(f"reading --config = {file}"):

@@ -129,7 +129,7 @@ def _bag_forward(
 
     zero = (jnp.zeros(()), jnp.zeros(w_DV.shape, jnp.float32))
     (loss, dw), dh = jax.lax.scan(add_chunk, zero, _split(h, bags, shares, weights, vocab_size=n_columns))
-    return loss, (_join(dh, h.shape[1]), dw)
+    return loss, (_join(dh, h.shape[1]), _barrier_in_bfloat16(h, dw))
 
 
 def _bag_backward(vocab_axis: str | None, saved: tuple, g: jax.Array) -> tuple:
@@ -172,11 +172,17 @@ def _forward(
     (loss, nll_sum, dw), dh = jax.lax.scan(
         add_chunk, zero, _split(h, targets, weights, vocab_size=w.shape[1])
     )
-    if h.dtype == jnp.bfloat16:
-        # A tied table takes dw.T. XLA would make one product of that and a single chunk's, of a kind that it
-        # cannot run on a CPU.
-        dw = jax.lax.optimization_barrier(dw)
+    dw = _barrier_in_bfloat16(h, dw)
     return (loss, nll_sum), (_join(dh, h.shape[1]), dw)
+
+
+def _barrier_in_bfloat16(h: jax.Array, dw: jax.Array) -> jax.Array:
+    """Returns dw as it is; in bfloat16 XLA may not look across.
+
+    A tied table takes dw.T. XLA would make one product of that and a single chunk's, of a kind that it cannot
+    run on a CPU.
+    """
+    return jax.lax.optimization_barrier(dw) if h.dtype == jnp.bfloat16 else dw
 
 
 def _backward(
