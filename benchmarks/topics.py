@@ -1,13 +1,14 @@
 """Measures neurons that tell what a text is about, and fills their tables in docs/readability.md.
 
     topklm neurons card runs/topics-seed0 --no-steering --conllu ud.conllu.gz --json topics-card-0.json
-    python -m benchmarks.topics runs/topics-seed{0,1,2} --cards topics-card-{0,1,2}.json
+    python -m benchmarks.topics runs/topics-seed{0,1,2} --cards topics-card-{0,1,2}.json --control runs/groups
 
-Runs are of `configs/small.py:topics`. Of each neuron of the first group, in the last layer with TopK: its
-density, how often the next token has it active too, the topic of articles that its mean over an article's
-first tokens tells best on one part of the articles, with its area under the ROC curve on the others, and the
-tokens that it raises most by the identity lens. Writes benchmarks/results/readability/topics.json; with
---page alone the tables are filled from it.
+Runs are of `configs/small.py:topics`, the control's the same with `optim.topic_weight=0`. Of each neuron of
+the first group, in the last layer with TopK: its density, how often the next token has it active too, the
+topic of articles that its mean over an article's first tokens tells best on one part of the articles, with
+its area under the ROC curve on the others, and the tokens that it raises most by the identity lens. Of each
+topic the neuron that tells it best on the first part, with its area on the others. Writes
+benchmarks/results/readability/topics.json; with --page alone the tables are filled from it.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,14 @@ def main() -> None:
     parser.add_argument(
         "--cards", type=pathlib.Path, nargs="+", default=[], help="of these runs, by the command"
     )
+    parser.add_argument("--control", type=pathlib.Path, help="a run of the same groups without the loss")
     parser.add_argument("--page", action="store_true", help="fill the page alone")
     arguments = parser.parse_args()
     if not arguments.page:
         given = zip(arguments.runs, arguments.cards, strict=True)
-        found = [{**_of_card(results.read(card)), "neurons": neurons_of(run)} for run, card in given]
-        results.write(OUT, {"tokens": TOKENS, "runs": found}, shown={})
+        found = [{**_of_card(results.read(card)), **of_group(run)} for run, card in given]
+        control = of_group(arguments.control) if arguments.control else None
+        results.write(OUT, {"tokens": TOKENS, "runs": found, "control": control}, shown={})
     page = results.fill(PAGE.read_text(encoding="utf-8"), tables(results.read(OUT)), PAGE.name)
     PAGE.write_text(page, encoding="utf-8")
 
@@ -70,8 +73,8 @@ def _of_card(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def neurons_of(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Measures the neurons of the first group, in the last layer with TopK, by falling density."""
+def of_group(folder: pathlib.Path) -> dict[str, Any]:
+    """Measures the first group in the last layer with TopK: each neuron, and the best of each topic."""
     model = topklm.load(str(folder))
     run = card_run.Run(folder.name, model, one_device())
     layer, n_neurons = model.cfg.n_topk_layers - 1, model.cfg.groups[0][0]
@@ -97,34 +100,40 @@ def neurons_of(folder: pathlib.Path) -> list[dict[str, Any]]:
     names = model.tokenizer.token_strings(range(model.cfg.vocab_size))
     raised = np.asarray(model.W_U, np.float64)[:n_neurons, : len(names)]
     raised = raised - raised.mean(axis=0)
+    topics = {}
+    for question in questions:
+        best = max(range(n_neurons), key=lambda n: score(means[:, n], question.fit, question.is_fit))
+        told = score(means[:, best], question.test, question.is_test)
+        topics[question.label] = {"neuron": f"{layer}:{best}", "auc": told}
     found = []
     for neuron in np.argsort(-counts, kind="stable"):
-        label, score = best_label(means[:, neuron], questions)
+        label, told = best_label(means[:, neuron], questions)
         found.append(
             {
                 "neuron": f"{layer}:{neuron}",
                 "density": counts[neuron] / n_tokens,
                 "stays": stays[neuron] / max(counts[neuron], 1),
                 "topic": label,
-                "auc": score,
+                "auc": told,
                 "raises": [names[token] for token in np.argsort(-raised[neuron], kind="stable")[:8]],
             }
         )
-    return found
+    return {"topics": topics, "neurons": found}
 
 
 def best_label(means_n: np.ndarray, questions: Sequence[probing.Question]) -> tuple[str, float]:
     """Finds the label that means tell best among examples to fit, and their AUC on those to test."""
+    best = max(questions, key=lambda question: score(means_n, question.fit, question.is_fit))
+    return best.label, score(means_n, best.test, best.is_test)
 
-    def score(examples: np.ndarray, is_label: np.ndarray) -> float:
-        return float(probing.auc(means_n[examples], is_label, np.ones((len(examples), 1)))[0])
 
-    best = max(questions, key=lambda question: score(question.fit, question.is_fit))
-    return best.label, score(best.test, best.is_test)
+def score(means_n: np.ndarray, examples: np.ndarray, is_label: np.ndarray) -> float:
+    """Returns the area under the ROC curve of means, float[n], at examples int[m], labelled by bool[m]."""
+    return float(probing.auc(means_n[examples], is_label, np.ones((len(examples), 1)))[0])
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
-    """Makes the page's tables: a row for each seed, and one for each neuron of the first run."""
+    """Makes the page's tables: rows of seeds, of topics, and of neurons of the first run."""
     columns = "seed", "bits per byte", "dead, %", "token entropy, nats", "by_token", "topic", "part of speech"
     runs = []
     for run in found["runs"]:
@@ -143,6 +152,12 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
                 *probed,
             ]
         )
+    seeds = [f"seed {run['train_seed']}" for run in found["runs"]]
+    groups = [*found["runs"], found["control"]]
+    told = [
+        [label, *(f"{group['topics'][label]['auc']:.2f}" for group in groups)]
+        for label in sorted(groups[0]["topics"], key=lambda x: -groups[0]["topics"][x]["auc"])
+    ]
     of_neurons = "neuron", "active, %", "stays, %", "topic told best", "AUC", "raises most"
     neurons = []
     for one in found["runs"][0]["neurons"][:SHOWN]:
@@ -151,6 +166,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
         neurons.append([one["neuron"], *shares, one["topic"], f"{one['auc']:.2f}", words])
     return {
         "topics": results.markdown(columns, runs),
+        "topics told": results.markdown(("topic", *seeds, "without the loss"), told),
         "topic neurons": results.markdown(of_neurons, neurons),
     }
 

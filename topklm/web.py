@@ -489,7 +489,7 @@ class _Patient(H11Protocol):
     """Hangs up on clients that take too long over what is theirs to do; uvicorn itself would wait for ever.
 
     That is to say what they want, to send all of it, and to read the answer. Where there are too many
-    connections, whoever has been waited for the longest has to go, so that nobody shuts others out.
+    connections, the one that has been waited for the longest is closed, so that nobody shuts others out.
     """
 
     # When what is theirs to do began to be waited for; None while the answer is made

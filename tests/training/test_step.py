@@ -216,6 +216,22 @@ def test_the_loss_of_following_tokens_is_of_the_first_group_alone(monkeypatch, a
         assert np.linalg.norm(a / 0.7 - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, path
 
 
+@pytest.mark.parametrize("length", [2, 3, 8])
+def test_windows_shorter_than_the_stride_have_a_loss_too(length):
+    _, bags, shares = step_lib._following_tokens(make_batch(length=length), 1)
+    assert bags.shape[1] >= 1
+    config = dataclasses.replace(
+        TOPICS,
+        model=dataclasses.replace(TOPICS.model, context_length=length),
+        optim=dataclasses.replace(TOPICS.optim, topic_tokens=1),
+    )
+    found, _ = jax.jit(make_loss_and_gradient(config, one_device()))(
+        initial_params(), make_batch(length=length)
+    )
+    assert np.isfinite(float(found["topic_loss"]))
+    assert (np.asarray(shares).sum(axis=-1) <= 1 + 1e-6).all()
+
+
 def test_the_loss_of_following_tokens_falls(monkeypatch):
     monkeypatch.setattr(step_lib, "_BAG_STRIDE", 2)
     optimizer, layout = make_optimizer(TOPICS.optim, TOPICS.train.steps), one_device()

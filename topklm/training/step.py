@@ -317,7 +317,7 @@ def _following_tokens(batch: Batch, n_following: int) -> tuple[np.ndarray, jax.A
     Shares, float32[B, P, H], are equal and add up to 1 over the tokens of the position's document.
     """
     tokens, segments = batch["inputs"], batch["segment_ids"]
-    scored = np.arange(_BAG_STRIDE // 2, tokens.shape[1], _BAG_STRIDE)
+    scored = np.arange(min(_BAG_STRIDE // 2, tokens.shape[1] - 1), tokens.shape[1], _BAG_STRIDE)
     following = scored[:, None] + 1 + np.arange(n_following)
     index = np.minimum(following, tokens.shape[1] - 1)
     inside = (segments[:, index] == segments[:, scored][..., None]) & (following < tokens.shape[1])

@@ -168,8 +168,8 @@ def flops_per_token(config: ModelConfig) -> float:
     """Computes the training arithmetic per token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B).
 
     N counts the parameters used in matrix products (the unembedding, not the embedding look-up), H Q is
-    the width of all heads together. TopK, padding of the vocabulary and recomputation count as nothing, so
-    MFU is never flattered.
+    the width of all heads together. TopK, the loss of following tokens, padding of the vocabulary and
+    recomputation count as nothing, so MFU is never flattered.
     """
     d, heads = config.d_model, config.n_heads * config.head_width
     attention = d * heads * 2 + d * config.n_kv_heads * config.head_width * 2
